@@ -47,7 +47,9 @@ def main() -> None:
 
 def measure(arguments: argparse.Namespace, kind: str, precision: Precision) -> float:
     """Print the table of one precision, and return the density at which both ways take as long."""
-    print(f"| S, D, F, B | density | pairs, ms | dense in {precision}, ms | dense / pairs (range) |\n|---|---|---|---|---|")
+    print(
+        f"| S, D, F, B | density | pairs, ms | dense in {precision}, ms | dense / pairs (range) |\n|---|---|---|---|---|"
+    )
     equal: list[float] = []
     for shape in arguments.shape or SHAPES[kind]:
         S, D, F, B = map(int, shape.split(","))

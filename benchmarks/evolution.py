@@ -170,7 +170,9 @@ def main() -> None:
     F, S, D = (int(size) for size in arguments.shape.split(","))
     rows: list[dict[str, Any]] = []
     for name in arguments.only:
-        rows.append(measure.in_child(measure_one, name, (F, S, D), arguments.threads, arguments.tokens, arguments.device))
+        rows.append(
+            measure.in_child(measure_one, name, (F, S, D), arguments.threads, arguments.tokens, arguments.device)
+        )
         print(rows[-1], flush=True)
     found = {row["analysis"]: row for row in rows}
     if {WHOLE, ENCODING} <= found.keys():
@@ -193,7 +195,9 @@ def main() -> None:
     body = f"F = {F:,}, S = {S}, D = {D}; the two weight matrices take {8 * F * S * D / 1e6:,.0f} MB.\n\n{table}"
     if arguments.report:
         title = "Analyses of a large crosscoder"
-        print(measure.write_report("evolution", title, body, arguments.device, arguments.threads, ("crosslens", "torch")))
+        print(
+            measure.write_report("evolution", title, body, arguments.device, arguments.threads, ("crosslens", "torch"))
+        )
 
 
 if __name__ == "__main__":

@@ -48,12 +48,12 @@ fi
 step=("$python" benchmarks/training_step.py --device "$device" --precision bfloat16)
 [[ $device == cuda* ]] && step+=(--precision tf32)
 part "Tests" 180 "$python" -m pytest --disable-warnings -p no:cacheprovider tests/crosscoders/test_gpu.py tests/crosscoders/test_exactness.py tests/activations/test_feed.py tests/pipeline/test_gpu.py "${selected[@]}"
-part "Large products" 40 "$python" benchmarks/gpu.py products --device "$device" "${size[@]}"
-part "Training step" 120 "${step[@]}" --kinds batchtopk,batchtopk-aux,topk,jumprelu "${steps[@]}"
-part "Training step, paper's shape" 150 "${step[@]}" --paper --kinds batchtopk "${paper[@]}"
+part "Large products" 70 "$python" benchmarks/gpu.py products --device "$device" "${size[@]}"
+part "Training step" 150 "${step[@]}" --kinds batchtopk,batchtopk-aux,topk,jumprelu "${steps[@]}"
+part "Training step, paper's shape" 90 "${step[@]}" --paper --kinds batchtopk "${paper[@]}"
 part "Profile of training steps" 60 "$python" benchmarks/gpu.py profile --device "$device" "${size[@]}"
-part "From the cache to the device, and whole runs" 120 "$python" benchmarks/gpu.py runs --device "$device" "${size[@]}"
-part "Density from which dense products are faster" 60 "$python" benchmarks/density.py --device "$device" --rounds 3 "${density[@]}"
+part "From the cache to the device, and whole runs" 90 "$python" benchmarks/gpu.py runs --device "$device" "${size[@]}"
+part "Density from which dense products are faster" 90 "$python" benchmarks/density.py --device "$device" --rounds 3 "${density[@]}"
 "$python" benchmarks/gpu.py report --device "$device" --parts "$parts" --folder "${REPORTS:-benchmarks/reports}" \
     --command "bash benchmarks/gpu.sh --device $device${tiny:+ --tiny}" || failed+=(Report)
 if ((${#failed[@]})); then

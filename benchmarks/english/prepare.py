@@ -5,8 +5,9 @@
 
 The text is that of `scripts/pretrain_english.py`. BLiMP is the authors' archive, or a folder of its files; agreement
 with and without another noun in between are files of feature-circuits. Items of induction are generated from the words
-that are one token of the snapshots' tokenizer. The folder `study` in it has some different items of each task, drawn
-at random: accuracy is measured on all, effects on these.
+that are one token of the snapshots' tokenizer. The folder `study` in it has some items of each task whose answers differ in
+one token, drawn at random from as many groups (head nouns, or prompts) as there are: accuracy is measured on all items,
+effects on these.
 """
 
 from __future__ import annotations
@@ -16,10 +17,16 @@ import json
 import random
 import shutil
 import tarfile
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import crosslens as cl
 from crosslens.errors import UserError
+from crosslens.pipeline.opening import parse_tasks
+from crosslens.tasks.items import Item, groups
+from crosslens.tasks.prompts import encode
 
 PARADIGMS = (
     "regular_plural_subject_verb_agreement_1",
@@ -62,20 +69,29 @@ def copy_paradigms(source: Path, folder: Path) -> None:
         (folder / name).write_bytes(contents)
 
 
-def write_induction(snapshots: Path, path: Path, n: int) -> None:
-    """Write items of induction as a file of a task."""
-    task = cl.Task.induction(cl.Snapshots.local(snapshots).tokenizer, n)
+def write_items(items: Iterable[Item], path: Path) -> None:
+    """Write items as a file of a task."""
     with path.open("w", encoding="utf-8") as file:
-        for item in task.items:
-            row = {name: getattr(item, name) for name in ("prefix", "correct", "wrong", "patch_prefix")}
-            file.write(json.dumps(row) + "\n")
+        for item in items:
+            row = {name: getattr(item, name) for name in ("prefix", "correct", "wrong", "patch_prefix", "group")}
+            file.write(json.dumps({name: value for name, value in row.items() if value is not None}) + "\n")
 
 
-def draw_items(source: Path, target: Path, n: int) -> None:
-    """Copy n different lines of a file, in its order; all where it has fewer."""
-    lines = [*dict.fromkeys(line for line in source.read_text(encoding="utf-8").splitlines() if line.strip())]
-    chosen = sorted(random.Random(source.name).sample(range(len(lines)), min(n, len(lines))))
-    target.write_text("".join(f"{lines[i]}\n" for i in chosen), encoding="utf-8")
+def draw_items(task: cl.Task, tokenizer: Any, n: int) -> list[Item]:
+    """n items of a task that effects can be measured on, in its order; all where it has fewer.
+
+    None is the second of its group before every group has one.
+    """
+    usable = [task.items[each.item] for each in encode(tokenizer, task.items).usable]
+    random.Random(task.name).shuffle(usable)
+    seen: Counter[int] = Counter()
+    turns: list[int] = []
+    for group in groups(usable):
+        turns.append(seen[group])
+        seen[group] += 1
+    by_turn = sorted(range(len(usable)), key=turns.__getitem__)
+    chosen = {usable[i] for i in by_turn[:n]}
+    return [item for item in task.items if item in chosen]
 
 
 def main() -> None:
@@ -87,7 +103,7 @@ def main() -> None:
     parser.add_argument("--ioi", type=Path, required=True, help="indirect objects, in the same columns")
     parser.add_argument("--snapshots", type=Path, required=True, help="of the pretraining, for their tokenizer")
     parser.add_argument("--n-induction", type=int, default=400, help="items of induction")
-    parser.add_argument("--n-items", type=int, default=200, help="items of each task in the folder study")
+    parser.add_argument("--n-items", type=int, default=150, help="items of each task in the folder study, at most")
     parser.add_argument("--out", type=Path, default=Path("runs/english/data"))
     args = parser.parse_args()
 
@@ -98,10 +114,13 @@ def main() -> None:
     for name in ("simple", "nounpp", "ioi"):
         shutil.copyfile(getattr(args, name), args.out / f"{name}.json")
     copy_paradigms(args.blimp, args.out)
-    write_induction(args.snapshots, args.out / "induction.jsonl", args.n_induction)
-    names = *(f"{name}.json" for name in ("simple", "nounpp", "ioi")), *(f"{name}.jsonl" for name in PARADIGMS)
-    for name in (*names, "induction.jsonl"):
-        draw_items(args.out / name, study / name, args.n_items)
+    tokenizer = cl.Snapshots.local(args.snapshots).tokenizer
+    write_items(cl.Task.induction(tokenizer, args.n_induction).items, args.out / "induction.jsonl")
+    formats = {"simple.json": "sva:", "nounpp.json": "sva:", "ioi.json": "ioi:", "induction.jsonl": ""}
+    formats |= {f"{name}.jsonl": "blimp:" for name in PARADIGMS}
+    for name, prefix in formats.items():
+        [task] = parse_tasks([f"{prefix}{args.out / name}"])
+        write_items(draw_items(task, tokenizer, args.n_items), study / f"{task.name}.jsonl")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,6 @@ def task(tmp_path: Path) -> str:
     return str(path)
 
 
-
 @pytest.fixture
 def upper(train_upper: Callable[[int], RunDir], tmp_path: Path) -> RunDir:
     """A copy of a run one block above `run`."""

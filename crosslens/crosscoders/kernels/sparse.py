@@ -38,7 +38,7 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta|
 
 # Fraction of active pairs above which dense products win, as benchmarks/density.py measures it: on a CPU .25 with AVX2,
 # less where dense products are faster; on other devices by the precision of those products, on an H100.
-DENSE_ABOVE = {"cpu": 0.2, "float32": 0.08, "tf32": 0.011, "bfloat16": 0.008}
+DENSE_ABOVE = {"cpu": 0.2, "float32": 0.089, "tf32": 0.0136, "bfloat16": 0.006}
 
 CACHED = 1 << 16  # entries of a block on a CPU that stays in the cache
 TILE = 64  # columns of a table that rows are gathered from at a time on a CPU
