@@ -2,8 +2,8 @@
 
 Reconstruction and the gradients of all four parameters for one batch of Gaussian data at several densities (fractions
 of active pairs), alternating between the two methods. CPU seconds on one thread, or wall seconds on a GPU. The last
-line is the figure to enter: the median over the shapes of the density at which both take as long. On a GPU it depends on
-the precision of the dense products.
+line is the figure to enter: the median over the shapes of the density at which both take as long. On a GPU it depends
+on the precision of the dense products.
 
     python benchmarks/density.py [--shape 3,256,4096,1024] [--densities .02,.05,.1,.2] [--rounds 5]
     python benchmarks/density.py --device cuda [--precision tf32]
@@ -47,9 +47,8 @@ def main() -> None:
 
 def measure(arguments: argparse.Namespace, kind: str, precision: Precision) -> float:
     """Print the table of one precision, and return the density at which both ways take as long."""
-    print(
-        f"| S, D, F, B | density | pairs, ms | dense in {precision}, ms | dense / pairs (range) |\n|---|---|---|---|---|"
-    )
+    print(f"| S, D, F, B | density | pairs, ms | dense in {precision}, ms | dense / pairs (range) |")
+    print("|---|---|---|---|---|")
     equal: list[float] = []
     for shape in arguments.shape or SHAPES[kind]:
         S, D, F, B = map(int, shape.split(","))
@@ -66,7 +65,7 @@ def measure(arguments: argparse.Namespace, kind: str, precision: Precision) -> f
 
 
 def crossing(measured: list[tuple[float, float]]) -> float:
-    """The density at which the ratio dense / pairs, which falls, is 1: linear between densities, else the first or last."""
+    """The density at which the ratio dense / pairs, which falls, is 1: linear in between, else the first or last."""
     for (below, high), (above, low) in itertools.pairwise(measured):
         if low <= 1:
             return below + (above - below) * max(0.0, high - 1) / max(high - low, 1e-9)

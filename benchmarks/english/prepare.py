@@ -5,9 +5,9 @@
 
 The text is that of `scripts/pretrain_english.py`. BLiMP is the authors' archive, or a folder of its files; agreement
 with and without another noun in between are files of feature-circuits. Items of induction are generated from the words
-that are one token of the snapshots' tokenizer. The folder `study` in it has some items of each task whose answers differ in
-one token, drawn at random from as many groups (head nouns, or prompts) as there are: accuracy is measured on all items,
-effects on these.
+that are one token of the snapshots' tokenizer. The folder `study` in it has some items of each task whose answers
+differ in one token, drawn at random from as many groups (head nouns, or prompts) as there are: accuracy is measured on
+all items, effects on these.
 """
 
 from __future__ import annotations

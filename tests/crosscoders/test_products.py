@@ -73,7 +73,8 @@ for shape, of_a, of_b in itertools.product(SHAPES, LAYOUTS, LAYOUTS):
     print(*shape)
 for n, m, p, columns in [(5, 7, 40, 3), (3, 9, 0, 70), (1, 1, 1, 300), (6, 4, 33, 600)]:
     draw = torch.Generator().manual_seed(n)
-    starts = torch.cat([torch.tensor([0]), torch.randint(p + 1, (n - 1,), generator=draw).sort().values, torch.tensor([p])])
+    inner = torch.randint(p + 1, (n - 1,), generator=draw).sort().values
+    starts = torch.cat([torch.tensor([0]), inner, torch.tensor([p])])
     ids, weights = torch.randint(m, (p,), generator=draw), torch.randn(p, generator=draw)
     table, out = torch.randn(m, columns, generator=draw), torch.full((n, 2, columns), torch.nan)
     expected = torch.stack([weights[a:b] @ table[ids[a:b]] for a, b in zip(starts[:-1], starts[1:])])

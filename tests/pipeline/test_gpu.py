@@ -1,4 +1,7 @@
-"""Analyses on a GPU leave the tables that they leave on a CPU. Each test has a pretended GPU, and with `-m gpu` a real one."""
+"""Analyses on a GPU leave the tables that they leave on a CPU.
+
+The test has a pretended GPU, and with `-m gpu` a real one.
+"""
 
 from __future__ import annotations
 

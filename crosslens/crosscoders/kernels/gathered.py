@@ -1,9 +1,9 @@
 """Weighted sums of rows of a table on a CUDA device: a Triton kernel.
 
-PyTorch's embedding-bag reads whole rows, most of them from the device's memory. Here a program sums `COLUMNS` columns of
-one group, and the programs that run at the same time have the same columns, so that rows that several groups share are
-in the cache: of 6,144 columns and 64 pairs a token, 7 TB/s on an H100, whose memory has 3. Rows are added in the order of
-the pairs, so the result is the same in every run.
+PyTorch's embedding-bag reads whole rows, most of them from the device's memory. Here a program sums `COLUMNS` columns
+of one group, and the programs that run at the same time have the same columns, so that rows that several groups share
+are in the cache: of 6,144 columns and 64 pairs a token, 7 TB/s on an H100, whose memory has 3. Rows are added in the
+order of the pairs, so the result is the same in every run.
 """
 
 from __future__ import annotations
