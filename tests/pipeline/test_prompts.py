@@ -51,6 +51,13 @@ def test_prompts_are_traced_and_kept(run: RunDir, capsys: pytest.CaptureFixture[
         table, wanted = saved[name], getattr(expected, attribute)
         assert table is not None
         pd.testing.assert_frame_equal(table[list(wanted)], wanted, check_dtype=False, atol=1e-6)
+    following: Any = saved["trace_predictions"]
+    for text, printed in zip(("the cat", "the king sees a"), shown.split("“the ")[1:3], strict=True):
+        number = ["the cat", "the king sees a"].index(text)
+        top = following[(following["prompt"] == number) & (following["rank"] == 0)]
+        assert all(f"{token!r}" in " ".join(printed.split()) for token in top["token"]) and len(top) == 3
+    for name in ("traces", "trace_features"):
+        assert [*saved[name]][[*saved[name]].index("snapshot") :][:3] == ["snapshot", "label", "step"]  # type: ignore[misc]
     marked = saved["trace_features"]
     assert marked is not None and {"read_later", "mostly_later"} <= set(marked)
     # more prompts come after them; those that are asked again are replaced
