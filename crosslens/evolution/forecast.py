@@ -59,8 +59,10 @@ def plan_evolution(
         "probes": 40 * NANOSECOND * n_probes * S * N_SAMPLES * D,
         "predictions": S * compared,
     }
-    # few features are as rare as to need more than half as many tokens again as the mean one
-    gathered = min(probed, int(1.5 * N_SAMPLES / 2 * F / k))
+    # few features are as rare as to need more than half as many tokens again as the mean one; of those that are read,
+    # the tokens are kept on which one of the probed features is active
+    read = min(probed, int(1.5 * N_SAMPLES / 2 * F / k))
+    gathered = int(read * (1 - (1 - min(1, k / F)) ** n_probes))
     held = max(presence - 8 * wide * F, _ENTRY_BYTES * batch_tokens(F) * F, predictions, 8 * wide * gathered)
     kept = 8 * wide * F + planned.held_out_bytes + planned.whole_bytes
     return planned.process_bytes + kept + held + WORKSPACE, operations, S * tokens.numel()

@@ -410,6 +410,8 @@ def test_plan(snapshots: Snapshots, tiny_text: list[str], monkeypatch: pytest.Mo
             acts.plan(measure=False, architecture=architecture, processes=n).evaluation_bytes >> 30 for n in (1, 4)
         )
         assert (evaluated_alone, evaluated_by_four) == (3, 1)
+        larger.setattr("crosslens.activations.loader.model_memory", lambda *_: 2 << 30)  # one at a time
+        assert acts.plan(measure=False, architecture=architecture).evaluation_bytes >> 30 == 1
     for positions, chunk in ((16, 4096), (5000, 5000)):  # features and two in float64, of the tokens encoded at a time
         assert evaluation_bytes(100, 10, positions, 0) == 8192 * 4 * 10 + chunk * (8 * 100 + 24 * 10) + (48 << 20)
     kept = alone.process_bytes + alone.held_out_bytes

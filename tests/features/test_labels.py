@@ -31,7 +31,15 @@ from crosslens.cli import app as cli
 from crosslens.errors import UserError
 from crosslens.features import detection
 from crosslens.features.explainers import KEYS, Answers, Explainer, Prompt, Reply, estimate_tokens
-from crosslens.features.labels import COLUMNS, SYSTEM, Labels, complexity_correlation, label_features, read_label
+from crosslens.features.labels import (
+    COLUMNS,
+    SYSTEM,
+    Labels,
+    _verdicts,
+    complexity_correlation,
+    label_features,
+    read_label,
+)
 from crosslens.features.tables import feature_tables
 from crosslens.rundir import RunDir
 from crosslens.snapshots.collection import Snapshots
@@ -116,6 +124,12 @@ def test_labels_and_what_is_sent(run: RunDir, client: str) -> None:
     assert body["max_tokens" if client == "anthropic" else "max_completion_tokens"] == 1024
     for file in run.path.rglob("*"):
         assert file.is_dir() or SECRET.encode() not in file.read_bytes()
+
+
+def test_a_feature_without_a_control_has_no_verdicts_of_one() -> None:
+    """As where it is the only one with a label: nothing is asked."""
+    passages = [detection.Passage(("a", "b"), activation) for activation in (0.0, 1.0, 2.0)]
+    assert _verdicts([], passages, Answers(None)) == [None] * 3
 
 
 def test_known_labels_are_not_asked_for_again(run: RunDir, client: str, monkeypatch: pytest.MonkeyPatch) -> None:
