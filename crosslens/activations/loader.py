@@ -736,8 +736,8 @@ class DatasetActivations(Activations):
             mixing_bytes=self.mixing_tokens * S * D * 4 + chunk + kept,
             held_out_bytes=kept_out,
             # a shard is written while the next is harvested, a fifth of which is there by then on a CPU with a fast
-            # disk, and all of it with a slow one or a GPU: half
-            harvest_bytes=min(size, max(n, held)) * T * (6 * D + row_bytes(D, dtype)),
+            # disk, and all of it with a slow one or a GPU: a third
+            harvest_bytes=min(size, max(n, held)) * T * (16 * D // 3 + row_bytes(D, dtype)),
             n_files=1 + files,
             batch_sequences=(
                 distinct_sequences(self.sequences.counts, batch_size),
