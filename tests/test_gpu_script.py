@@ -17,7 +17,7 @@ SECTIONS = {
     "Training step, paper's shape": "| encoder product |",
     "Profile of training steps": "**jumprelu**",
     "From the cache to the device, and whole runs": "| saelens |",
-    "Density from which dense products are faster": "| 0.20 |",
+    "Density from which dense products are faster": "| 0.2 |",
 }
 
 
