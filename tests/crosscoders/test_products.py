@@ -78,7 +78,9 @@ for n, m, p, columns in [(5, 7, 40, 3), (3, 9, 0, 70), (1, 1, 1, 300), (6, 4, 33
     ids, weights = torch.randint(m, (p,), generator=draw), torch.randn(p, generator=draw)
     table, out = torch.randn(m, columns, generator=draw), torch.full((n, 2, columns), torch.nan)
     expected = torch.stack([weights[a:b] @ table[ids[a:b]] for a, b in zip(starts[:-1], starts[1:])])
-    for found in (gathered_sums(table, ids, starts, weights), gathered_sums(table, ids, starts, weights, out[:, 1])):
+    alone = torch.full((n, columns), torch.nan)
+    for found in (alone, out[:, 1]):
+        gathered_sums(table, ids, starts, weights, found)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(sum_rows(table, ids, starts, weights), found, rtol=1e-5, atol=1e-5)
     assert out[:, 0].isnan().all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.settings import ModelSettings
 from crosslens.training.config import TrainConfig
 from crosslens.training.run import train
+from tests.conftest import VERBS, WORDS
 
 HOOK = "blocks.0.hook_resid_post"
 
@@ -59,3 +61,23 @@ def train_upper(
         return RunDir.open(folder / "run")
 
     return train_one
+
+
+@pytest.fixture
+def paired_words(tmp_path: Path) -> str:
+    """Items of a task with paired prompts in a file, of all words as groups, in two languages."""
+    rows = [
+        {
+            "prefix": f"the {word} near the {other}",
+            "patch_prefix": f"the {other} near the {word}",
+            "correct": f" {VERBS[0]}",
+            "wrong": f" {VERBS[1]}",
+            "group": word,
+            "language": ("one", "two")[i % 2],
+        }
+        for i, word in enumerate(WORDS)
+        for other in WORDS[i + 1 : i + 5]
+    ]
+    path = tmp_path / "tiny.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)

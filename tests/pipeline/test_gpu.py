@@ -5,7 +5,6 @@ The test has a pretended GPU, and with `-m gpu` a real one.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,42 +12,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from crosslens.config import (
-    AblateOptions,
-    AttributeOptions,
-    ConnectOptions,
-    EvolveOptions,
-    SteerOptions,
-    StudyOptions,
-    TraceOptions,
-)
+from crosslens.config import ConnectOptions, SteerOptions, TraceOptions
 from crosslens.pipeline.connecting import connect
-from crosslens.pipeline.evolving import evolve
 from crosslens.pipeline.steering import steer
-from crosslens.pipeline.studying import ablate, attribute, study
 from crosslens.pipeline.tracing import trace
 from crosslens.rundir import RunDir
 from crosslens.snapshots.snapshot import Snapshot
-from tests.conftest import VERBS, WORDS
-from tests.pipeline.test_studying import SIZES
+from tests.pipeline.test_processes import analyse
 from tests.pretend_cuda import Pretended, Real
-
-
-@pytest.fixture
-def task(tmp_path: Path) -> str:
-    rows = [
-        {
-            "prefix": f"the {word} near the {other}",
-            "patch_prefix": f"the {other} near the {word}",
-            "correct": f" {VERBS[0]}",
-            "wrong": f" {VERBS[1]}",
-        }
-        for i, word in enumerate(WORDS)
-        for other in WORDS[i + 1 : i + 4]
-    ]
-    path = tmp_path / "tiny.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return str(path)
 
 
 @pytest.fixture
@@ -58,12 +29,9 @@ def upper(train_upper: Callable[[int], RunDir], tmp_path: Path) -> RunDir:
     return RunDir(tmp_path / "upper")
 
 
-def analyse(run: RunDir, upper: RunDir, task: str, device: str) -> None:
+def analyse_all(run: RunDir, upper: RunDir, task: str, device: str) -> None:
     """Everything with a device that analyses a run."""
-    evolve(RunDir(run.path), EvolveOptions(n_probes=4), device=device)
-    list(attribute(run, AttributeOptions(task=(task,), n_exact=3), device=device))
-    list(ablate(run, AblateOptions(task=(task,), k=(1, 2), n_draws=2), device=device))
-    list(study(run, StudyOptions(task=(task,), **SIZES), device=device))  # type: ignore[arg-type]
+    analyse(run, task, device)
     trace(run, ["the cat near the fish"], TraceOptions(answers="sees,likes"), device=device)
     list(steer(run, ["the cat near"], SteerOptions(feature=(1,), factor=0.0, length=3), device=device))
     edges = ConnectOptions(lower=run.path, task=(task,), feature=tuple(range(8)), n_edges=3)
@@ -83,15 +51,20 @@ def same(found: pd.DataFrame | None, expected: pd.DataFrame | None, gpu: Pretend
 
 @pytest.mark.slow
 def test_analyses_leave_the_tables_of_a_cpu(
-    run: RunDir, upper: RunDir, task: str, tmp_path: Path, gpu: Pretended | Real, monkeypatch: pytest.MonkeyPatch
+    run: RunDir,
+    upper: RunDir,
+    paired_words: str,
+    tmp_path: Path,
+    gpu: Pretended | Real,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     if not gpu.real:
         monkeypatch.setattr(Snapshot, "_check_device", lambda *_: None)
     on_cpu, on_gpu = [run, upper], [RunDir(tmp_path / f"{each.path.name}_on_gpu") for each in (run, upper)]
     for found, expected in zip(on_gpu, on_cpu, strict=True):
         shutil.copytree(expected.path, found.path)
-    analyse(*on_gpu, task, "cuda")
-    analyse(*on_cpu, task, "cpu")
+    analyse_all(*on_gpu, paired_words, "cuda")
+    analyse_all(*on_cpu, paired_words, "cpu")
     different: dict[str, str] = {}
     for found, expected in zip(on_gpu, on_cpu, strict=True):
         names = expected.table_names()

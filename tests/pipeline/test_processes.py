@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -20,39 +19,18 @@ from crosslens.errors import UserError
 from crosslens.pipeline.evolving import evolve
 from crosslens.pipeline.studying import ablate, attribute, study
 from crosslens.rundir import RunDir
-from tests.conftest import VERBS, WORDS
 from tests.pipeline.test_studying import SIZES
 from tests.ranks import run_ranks
 
 EXHAUSTIVE = pytest.mark.exhaustive
 
 
-@pytest.fixture
-def task(tmp_path: Path) -> str:
-    """Items of a task with paired prompts in a file, of all words as groups, in two languages."""
-    rows = [
-        {
-            "prefix": f"the {word} near the {other}",
-            "patch_prefix": f"the {other} near the {word}",
-            "correct": f" {VERBS[0]}",
-            "wrong": f" {VERBS[1]}",
-            "group": word,
-            "language": ("one", "two")[i % 2],
-        }
-        for i, word in enumerate(WORDS)
-        for other in WORDS[i + 1 : i + 5]
-    ]
-    path = tmp_path / "tiny.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return str(path)
-
-
-def analyse(run: RunDir, task: str) -> None:
+def analyse(run: RunDir, task: str, device: str = "cpu") -> None:
     """All verbs that are divided."""
-    evolve(RunDir(run.path), EvolveOptions(n_probes=4), device="cpu")
-    list(attribute(run, AttributeOptions(task=(task,), n_exact=3), device="cpu"))
-    list(ablate(run, AblateOptions(task=(task,), k=(1, 2), n_draws=2), device="cpu"))
-    list(study(run, StudyOptions(task=(task,), **SIZES), device="cpu"))  # type: ignore[arg-type]
+    evolve(RunDir(run.path), EvolveOptions(n_probes=4), device=device)
+    list(attribute(run, AttributeOptions(task=(task,), n_exact=3), device=device))
+    list(ablate(run, AblateOptions(task=(task,), k=(1, 2), n_draws=2), device=device))
+    list(study(run, StudyOptions(task=(task,), **SIZES), device=device))  # type: ignore[arg-type]
 
 
 def tables(run: RunDir) -> dict[str, pd.DataFrame]:
@@ -73,16 +51,18 @@ def compare(expected: RunDir, found: RunDir) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=EXHAUSTIVE)])
 @pytest.mark.parametrize("cached", [pytest.param(True, marks=EXHAUSTIVE), False])
-def test_several_processes_leave_the_tables_of_one(run: RunDir, task: str, tmp_path: Path, world: int, cached: bool):
+def test_several_processes_leave_the_tables_of_one(
+    run: RunDir, paired_words: str, tmp_path: Path, world: int, cached: bool
+):
     if not cached:
         contents = run.read_json()
         source = {key: value for key, value in contents["source"].items() if key not in ("cache", "cache_dtype")}
         run.write_json({**contents, "source": source})
     shutil.copytree(run.path, tmp_path / "several")
-    analyse(run, task)
+    analyse(run, paired_words)
 
     def body(_: int) -> None:
-        analyse(RunDir(tmp_path / "several"), task)
+        analyse(RunDir(tmp_path / "several"), paired_words)
 
     run_ranks(world, tmp_path, body)
     compare(run, RunDir(tmp_path / "several"))
@@ -105,7 +85,7 @@ def test_a_null_needs_one_process(run: RunDir, tmp_path: Path):
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes in /proc")
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_dies_ends_the_others_and_the_next_call_completes(
-    run: RunDir, task: str, tmp_path: Path, victim: int
+    run: RunDir, paired_words: str, tmp_path: Path, victim: int
 ):
     from tests.training.test_lost_runs import workers
 
@@ -116,7 +96,7 @@ def test_a_process_that_dies_ends_the_others_and_the_next_call_completes(
     sizes = [f"--{name.replace('_', '-')}={value}" for name, value in SIZES.items() if isinstance(value, int)]
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "crosslens"),
-        *("study", str(several.path), "--task", task, "--device", "cpu", *sizes),
+        *("study", str(several.path), "--task", paired_words, "--device", "cpu", *sizes),
     ]
     path = str(Path(crosslens.__file__).parent.parent)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
@@ -129,7 +109,7 @@ def test_a_process_that_dies_ends_the_others_and_the_next_call_completes(
     second = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert second.returncode == 0, second.stderr
     assert second.stdout.count("transfer, additivity, timeline, validation") == 1
-    options = StudyOptions(task=(task,), **{k: v for k, v in SIZES.items() if isinstance(v, int)})  # type: ignore[arg-type]
+    options = StudyOptions(task=(paired_words,), **{k: v for k, v in SIZES.items() if isinstance(v, int)})  # type: ignore[arg-type]
     list(study(run, options, device="cpu"))
     compare(run, several)
 

@@ -24,19 +24,16 @@ def gathered_sums(
     ids: Int[Tensor, " p"],
     starts: Int[Tensor, " n_1"],
     weights: Float[Tensor, " p"],
-    out: Float[Tensor, "n N"] | None = None,
-) -> Float[Tensor, "n N"]:
-    """As `sparse.sum_rows`, for a float32 table; entries of a row must be neighbours in memory, also those of `out`."""
-    n = len(starts) - 1
-    out = table.new_empty(n, table.shape[1]) if out is None else out
+    out: Float[Tensor, "n N"],
+) -> None:
+    """`sparse.sum_rows` of a float32 table into `out`; entries of a row of both must be neighbours in memory."""
+    n, N = out.shape
     if out.numel():
         kernel: Any = _sum
         with torch.cuda.device_of(table):
-            kernel[(n, triton.cdiv(table.shape[1], COLUMNS))](
-                table, ids, starts, weights, out, table.shape[1], table.stride(0), out.stride(0), PAIRS, COLUMNS,
-                num_warps=WARPS,
+            kernel[(n, triton.cdiv(N, COLUMNS))](
+                table, ids, starts, weights, out, N, table.stride(0), out.stride(0), PAIRS, COLUMNS, num_warps=WARPS
             )  # fmt: skip
-    return out
 
 
 @triton.jit

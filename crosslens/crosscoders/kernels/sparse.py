@@ -37,7 +37,8 @@ from crosslens.distributed.strategy import ONE_PROCESS, Strategy
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta|Sparse invariant checks are implicitly")
 
 # Fraction of active pairs above which dense products win, as benchmarks/density.py measures it: on a CPU .25 with AVX2,
-# less where dense products are faster; on other devices by the precision of those products, on an H100.
+# less where dense products are faster; on other devices by the precision of those products, on an H100 at S, D, F, B =
+# 8, 768, 32768, 4096.
 DENSE_ABOVE = {"cpu": 0.2, "float32": 0.089, "tf32": 0.0136, "bfloat16": 0.006}
 
 CACHED = 1 << 16  # entries of a block on a CPU that stays in the cache
@@ -130,20 +131,20 @@ def sum_rows(
         weights: the factor of each pair.
         out: where the sums are written; None allocates them.
     """
-    table = table.detach()
-    if table.is_cuda and has_triton():
-        from crosslens.crosscoders.kernels.gathered import gathered_sums  # Triton is optional
-
-        return gathered_sums(table.contiguous(), ids, starts, weights, out)
-    starts = starts[:-1]
-    if table.device.type != "cpu":
-        sums = embedding_bag(ids, table.contiguous(), starts, mode="sum", per_sample_weights=weights)
+    table, first = table.detach(), starts[:-1]
+    if table.device.type != "cpu" and not has_triton():
+        sums = embedding_bag(ids, table.contiguous(), first, mode="sum", per_sample_weights=weights)
         return sums if out is None else out.copy_(sums)
     if out is None:
-        out = table.new_empty(len(starts), table.shape[1])
+        out = table.new_empty(len(first), table.shape[1])
+    if table.is_cuda:
+        from crosslens.crosscoders.kernels.gathered import gathered_sums  # Triton is optional
+
+        gathered_sums(table.contiguous(), ids, starts, weights, out)
+        return out
     for start in range(0, table.shape[1], TILE):
         tile = table[:, start : start + TILE].contiguous()
-        out[:, start : start + TILE] = embedding_bag(ids, tile, starts, mode="sum", per_sample_weights=weights)
+        out[:, start : start + TILE] = embedding_bag(ids, tile, first, mode="sum", per_sample_weights=weights)
     return out
 
 
