@@ -49,7 +49,7 @@ def same(found: pd.DataFrame | None, expected: pd.DataFrame | None, gpu: Pretend
         pd.testing.assert_series_equal(found[name], expected[name], **rounding)  # type: ignore[call-overload]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_analyses_leave_the_tables_of_a_cpu(
     run: RunDir,
     upper: RunDir,
