@@ -86,6 +86,7 @@ def test_prompts_come_from_files_and_go_to_json(
 
 
 def test_models_are_steered(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    trace(run, ["the cat"], TraceOptions(fresh=True), device="cpu")
     features = run.table("trace_features")
     assert features is not None
     feature = str(int(features.sort_values("activation")["feature"].iloc[-1]))
@@ -113,6 +114,7 @@ def test_models_are_steered(run: RunDir, capsys: pytest.CaptureFixture[str]) -> 
     assert rows[0]["text_loss_change"] == pytest.approx(change, abs=1e-5)
     assert snapshots.tokenizer.decode(text[0, len(ids) :].tolist()) == rows[0]["steered"]
     table: Any = run.table("steered")
+    table = table[table["factor"].isin([1, -20])]
     assert len(table) == 4 and (table.loc[table["factor"] == 1, "text_loss_change"] == 0).all()
     assert (table.loc[table["factor"] == 1, "plain"] == table.loc[table["factor"] == 1, "steered"]).all()
 
@@ -127,6 +129,7 @@ def test_features_without_examples_are_called_by_the_word_on_which_they_were_str
 
 def test_the_page_shows_them(run: RunDir) -> None:
     trace(run, ["the cat", "the </script> cat"], TraceOptions(fresh=True), device="cpu")
+    assert list(steer(run, ["the cat"], SteerOptions(feature=(1,), factor=2.0, at="step20", length=3), device="cpu"))
     page = write_report(run.path).with_name("prompts.html").read_text()
     assert "Prompts through training" in page and "without error bars" in page and "What steered models write" in page
     tables: Any = [run.table(name) for name in TABLES]
