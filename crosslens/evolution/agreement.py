@@ -39,7 +39,7 @@ from crosslens.evolution.columns import snapshot_pairs
 from crosslens.evolution.held_out import HeldOut, read
 from crosslens.evolution.lifecycles import relative_norms, require_two_snapshots
 
-_ENTRIES = 1 << 23  # strengths of features on tokens at a time
+_ENTRIES = 1 << 22  # strengths of features on tokens at a time: more do not fit the cache
 
 _STRENGTHS = ("filter", "projection", "encoder")
 

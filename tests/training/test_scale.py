@@ -42,12 +42,22 @@ def explained(acts: Planted, architecture: CrosscoderTrainingConfig) -> list[flo
     return reconstruction_table(cl.train(acts, architecture, config), acts)["explained_variance"].tolist()
 
 
+def mostly_constant(seed: int) -> MostlyConstant:
+    return MostlyConstant(
+        Regime(n_features=64, d_model=32, n_snapshots=6, initial=0.6), seed, n_held_out=4096, keep=True
+    )
+
+
+def test_snapshots_that_are_mostly_constant_are_named_before_training():
+    config = cl.TrainConfig(training_tokens=BATCH, batch_size=BATCH, scale_tokens=1000, evaluate=False)
+    with pytest.warns(UserWarning, match=r"mostly a constant vector in step0 \(1\d%\), step1000 .* use scale='std'"):
+        cl.train(mostly_constant(0), cl.BatchTopKCrosscoderTrainingConfig(d_sae=64, k=4, scale="norm"), config)
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("seed", [0, 1])
 def test_constant_vectors_do_not_hide_a_snapshot(seed: int):
-    acts = MostlyConstant(
-        Regime(n_features=64, d_model=32, n_snapshots=6, initial=0.6), seed, n_held_out=4096, keep=True
-    )
+    acts = mostly_constant(seed)
     jumprelu = cl.JumpReLUCrosscoderTrainingConfig(
         d_sae=128, sparsity_coefficient=0.1, sparsity_warm_up_steps=STEPS // 10, bias_init="zero"
     )
