@@ -148,7 +148,8 @@ def measure_one(name: str, shape: tuple[int, int, int], threads: int, n_tokens: 
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
-        before = measure.reset_resident_peak() if name != WHOLE else 0
+        before = measure.reset_resident_peak()  # what making the crosscoder took does not count
+        before = 0 if name == WHOLE and before is not None else before
     began = time.perf_counter()
     function(cc, *given)
     measure.synchronise(device)

@@ -945,7 +945,8 @@ def metrics(part: BatchAt, *activations: Float[Tensor, "B T D"]) -> Float[Tensor
     )
     chunks = torch.arange(len(x), device=x.device).split(max(1, BATCH_TOKENS // T))
     logits = torch.cat([part.upper.logits(x[chunk], prompts[chunk]) for chunk in chunks])
-    return torch.cat([logit_difference(each.expand(B, -1), part.prompts) for each in logits.split(sizes)])
+    found = [logit_difference(each.expand(B, -1), part.prompts, part.upper.wanted) for each in logits.split(sizes)]
+    return torch.cat(found)
 
 
 def _all_alike(x: Float[Tensor, "B T D"]) -> bool:

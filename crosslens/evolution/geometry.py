@@ -299,8 +299,11 @@ def rotation_per_interval(
         null = null.masked_fill(between.isnan(), torch.nan)
     mapped = nothing
     if maps is not None:
-        moved = [rows[:, s].float() @ maps[s].to(rows.device) for s in range(S - 1)]
-        left = [cosine_similarity(moved[s], rows[:, s + 1].float()) for s in range(S - 1)]
+        # one snapshot at a time: another (F, S, D) tensor is too much for large crosscoders
+        left = [
+            cosine_similarity(rows[:, s].float() @ maps[s].to(rows.device), rows[:, s + 1].float())
+            for s in range(S - 1)
+        ]
         mapped = torch.stack(left, 1).cpu().clamp(-1, 1).masked_fill(cosines.isnan(), torch.nan)
     of = (("angle", cosines), ("halves_angle", between), ("null_angle", null), ("mapped_angle", mapped))
     for name, values in of:
@@ -329,15 +332,18 @@ def cosines_of_pairs(crosscoder: Crosscoder, alive: Bool[Tensor, " F"]) -> pd.Da
         A row per pair of snapshots: snapshot, other (indices), label, other_label, step, other_step, n (features with a
         direction at both), and mean, median, low and high (quartiles) of their cosines.
     """
-    found = decoder_cosines(crosscoder, alive.nonzero().flatten()).double().numpy()
+    found = decoder_cosines(crosscoder, alive.nonzero().flatten()).numpy()
     one, other = (index.flatten() for index in np.indices((crosscoder.n_snapshots,) * 2))
     table = snapshot_pairs(crosscoder, one, other, ("label", "step"))
-    known = [found[~np.isnan(found[:, s, t]), s, t] for s, t in zip(one, other, strict=True)]
-    table["n"] = [len(values) for values in known]
-    table["mean"] = [values.mean() if len(values) else np.nan for values in known]
-    for name, share in (("lower_quartile", 0.25), ("median", 0.5), ("upper_quartile", 0.75)):
-        table[name] = [np.quantile(values, share) if len(values) else np.nan for values in known]
-    return table
+    return table.join(pd.DataFrame([_summary(found[:, s, t]) for s, t in zip(one, other, strict=True)]))
+
+
+def _summary(values: Float[np.ndarray, " n"]) -> dict[str, float]:
+    """Number of the values that are not NaN, their mean, and quartiles."""
+    known = values[~np.isnan(values)].astype(np.float64)
+    low, median, high = np.quantile(known, (0.25, 0.5, 0.75)) if len(known) else [np.nan] * 3
+    mean = known.mean() if len(known) else np.nan
+    return {"n": len(known), "mean": mean, "lower_quartile": low, "median": median, "upper_quartile": high}
 
 
 def _doublings(snapshots: pd.DataFrame) -> Any:

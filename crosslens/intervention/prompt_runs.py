@@ -42,7 +42,7 @@ from crosslens.crosscoders.kernels.topk import row_pointers
 from crosslens.distributed.together import each, in_rounds
 from crosslens.errors import UserError
 from crosslens.intervention.splice import CleanRun
-from crosslens.intervention.upper import Upper, UpperRun
+from crosslens.intervention.upper import Shortcuts, Upper, UpperRun
 from crosslens.snapshots.checks import check_snapshots
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.settings import ModelSettings
@@ -158,7 +158,7 @@ class BatchAt:
             rows: the prompt of the batch that each row belongs to; None for all prompts in order.
         """
         batch = self.prompts if rows is None else self.prompts.select(rows.to(self.prompts.tokens.device))
-        return logit_difference(self.upper.logits(x, rows), batch)
+        return logit_difference(self.upper.logits(x, rows), batch, self.upper.wanted)
 
 
 class Differences(NamedTuple):
@@ -252,7 +252,7 @@ class PromptRuns:
                     f"task {task.name!r} has no paired prompts, which the 'patch' baseline needs; use 'zero' or 'mean'"
                 )
         self._on_disk = on_disk
-        self._widths: dict[int, Sequence[int | None]] = {}
+        self._shortcuts: dict[int, Shortcuts] = {}
 
     def __len__(self) -> int:
         """Number of prompts."""
@@ -362,8 +362,9 @@ class PromptRuns:
         directions = crosscoder.W_dec_by_snapshot[self.features.to(device), s].float() / scale
         bias = crosscoder.b_dec_by_snapshot[s].float() / scale
         model = self.snapshots.model(s, self.settings)
-        upper = Upper(model, self.hook_name, self.batches[0].tokens[:1].to(self.settings.device), self._widths.get(s))
-        self._widths[s] = upper.widths
+        prompt = self.batches[0].tokens[:1].to(self.settings.device)
+        upper = Upper(model, self.hook_name, prompt, self._shortcuts.get(s))
+        self._shortcuts[s] = upper.shortcuts
         first, n = 0, len(self.batches)
         for i, (batch, found) in enumerate(zip(self.batches, self._clean.found, strict=True)):
             yield BatchAt(
@@ -376,7 +377,7 @@ class PromptRuns:
                 patch_values=None if found.patch_values is None else found.patch_values[:, s].to(device),
                 directions=directions,
                 bias=bias,
-                upper=upper.on(batch.tokens.to(self.settings.device)),
+                upper=upper.on(batch.tokens.to(self.settings.device), batch.answers.unique().to(self.settings.device)),
             )
             first += len(batch.tokens)
 

@@ -4,26 +4,39 @@
    blocks belongs to the transformers model. During a call, its blocks below the hook are therefore patched to return a
    given residual stream; embedding, positions, masks and everything above the hook remain the model's own code. Only
    the last position is unembedded if the model supports that.
-2. This fails if a late block reads something that an early one left behind. So every model is tried on one prompt
-   first, and if the logits differ from those of the whole model, all blocks are run.
+2. Where the logits of a few tokens are wanted, such as those of the answers, the unembedding is patched in the same way
+   to multiply with their rows alone: in a small model the whole vocabulary is most of the work.
+3. Both fail if a late module reads something that an early one left behind, or mixes the logits of all tokens. So every
+   model is tried on one prompt first, and what changes its logits is not done.
 
-Symbols: B prompts, n rows (edited copies of prompts), T positions, D d_model, V vocabulary.
+Symbols: B prompts, n rows (edited copies of prompts), T positions, D d_model, V vocabulary, W tokens whose logits are
+wanted.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from crosslens.snapshots.bridge import transformers_model
 from crosslens.snapshots.hooks import canonical_hook, hook_layer
+
+
+class Shortcuts(NamedTuple):
+    """What a model can leave out above a hook point, with the same logits."""
+
+    widths: tuple[int | None, ...]
+    """Number of outputs of each block that is skipped; None for a bare tensor."""
+    unembeds_some: bool
+    """Whether some tokens can be unembedded without the others."""
 
 
 class Upper:
@@ -33,14 +46,14 @@ class Upper:
         model: TransformerBridge or HookedTransformer.
         hook_name: as in `Activations`.
         tokens: a prompt on which the logits are compared with those of the whole model.
-        widths: those of an earlier `Upper` of the same model and hook point, to skip the comparison.
+        shortcuts: those of an earlier `Upper` of the same model and hook point, to skip the comparison.
 
     Attributes:
-        widths: number of outputs of each block that is skipped; None for a bare tensor.
+        shortcuts: what is left out.
     """
 
     def __init__(
-        self, model: Any, hook_name: str, tokens: Int[Tensor, "B T"], widths: Sequence[int | None] | None = None
+        self, model: Any, hook_name: str, tokens: Int[Tensor, "B T"], shortcuts: Shortcuts | None = None
     ) -> None:
         self.model, self.point = model, canonical_hook(hook_name)
         inside = transformers_model(model)
@@ -49,16 +62,12 @@ class Upper:
         self._options = {
             name: value for name, value in (("logits_to_keep", 1), ("use_cache", False)) if name in accepted
         }
-        # a hook point other than a block's output is inside a block, which has to run
-        n = hook_layer(hook_name) - (not self.point.endswith("hook_resid_post"))
-        self.widths: list[int | None] = [None] * n if widths is None else list(widths)
-        if widths is None and n and not self._is_exact(tokens):
-            self.widths = []
+        self.shortcuts = self._tried(tokens) if shortcuts is None else shortcuts
 
     @property
     def skipped(self) -> int:
         """Number of blocks that are skipped."""
-        return len(self.widths)
+        return len(self.shortcuts.widths)
 
     @property
     def at_output(self) -> bool:
@@ -66,18 +75,30 @@ class Upper:
         return self.skipped == hook_layer(self.point)
 
     @torch.no_grad()
-    def on(self, tokens: Int[Tensor, "B T"]) -> UpperRun:
-        """Prepare a batch of prompts; if the hook is inside a block, the blocks before it run once."""
-        entry = None
+    def on(self, tokens: Int[Tensor, "B T"], wanted: Int[Tensor, " W"] | None = None) -> UpperRun:
+        """Prepare a batch of prompts; if the hook is inside a block, the blocks before it run once.
+
+        Args:
+            tokens: the prompts.
+            wanted: tokens whose logits are wanted; all if None.
+        """
+        entry, readout = None, None
         if self.skipped and not self.at_output:
             name = f"blocks.{self.skipped - 1}.hook_resid_post"
             entry = self.model.run_with_cache(
                 tokens, names_filter=name, stop_at_layer=self.skipped, return_cache_object=False
             )[1][name]
-        return UpperRun(self, tokens, entry)
+        if wanted is not None and self.shortcuts.unembeds_some:
+            unembed = self.model.unembed
+            readout = wanted, unembed.W_U.T[wanted], unembed.b_U[wanted]
+        return UpperRun(self, tokens, entry, readout)
 
     def run(
-        self, tokens: Int[Tensor, "n T"], x: Float[Tensor, "n T D"], entry: Float[Tensor, "n T D"] | None
+        self,
+        tokens: Int[Tensor, "n T"],
+        x: Float[Tensor, "n T D"],
+        entry: Float[Tensor, "n T D"] | None,
+        readout: tuple[Tensor, Tensor, Tensor] | None,
     ) -> Float[Tensor, "n V"]:
         """Logits at the last position when the activation at the hook is `x`.
 
@@ -85,49 +106,68 @@ class Upper:
             tokens: tokens of every row.
             x: activation at the hook, at all positions; may carry gradients.
             entry: residual stream into the first block that runs, if it is not `x`.
+            readout: tokens whose logits are wanted, with their rows and biases of the unembedding; None for all.
         """
 
         def put_in(activation: Tensor, hook: Any) -> Tensor:
             del hook  # TransformerLens passes the hook point by this name
             return x.to(activation.dtype).view_as(activation)  # attn.hook_z has heads
 
-        hooks = [] if self.at_output else [(self.point, put_in)]
+        hooks: list[Any] = [] if self.at_output else [(self.point, put_in)]
         residual = x if self.at_output else entry
-        if not self.skipped:
-            return self.model.run_with_hooks(tokens, fwd_hooks=hooks, return_type="logits", **self._options)[:, -1]
-        if self._starts_anywhere:
-            return self.model.run_with_hooks(
-                residual, fwd_hooks=hooks, return_type="logits", start_at_layer=self.skipped
-            )[:, -1]
-        assert residual is not None
-        with _patched(self.model.blocks, residual, self.widths):
-            if not hooks:  # setting up hooks takes milliseconds
-                return self.model(tokens, return_type="logits", **self._options)[:, -1]
-            return self.model.run_with_hooks(tokens, fwd_hooks=hooks, return_type="logits", **self._options)[:, -1]
+        given, options = tokens, self._options
+        instead: dict[nn.Module, Callable[..., Any]] = {}
+        if readout is not None:
+            _, weight, bias = readout
+            instead[self.model.unembed] = lambda hidden, **_: linear(hidden[:, -1:], weight, bias)
+        if self.skipped:
+            assert residual is not None
+            if self._starts_anywhere:
+                given, options = residual, {"start_at_layer": self.skipped}
+            else:
+                instead |= _returning(residual, self.model.blocks, self.shortcuts.widths)
+        with _patched(instead):
+            if not hooks and not self._starts_anywhere:  # setting up hooks takes milliseconds
+                return self.model(given, return_type="logits", **options)[:, -1]
+            return self.model.run_with_hooks(given, fwd_hooks=hooks, return_type="logits", **options)[:, -1]
 
     @torch.no_grad()
-    def _is_exact(self, tokens: Tensor) -> bool:
-        """Whether skipping blocks changes nothing; also records how the skipped blocks wrap their output."""
+    def _tried(self, tokens: Tensor) -> Shortcuts:
+        """What can be left out without a change of the logits."""
         seen: list[Tensor] = []
 
         def capture(activation: Tensor, hook: Any) -> None:
             del hook
             seen.append(activation.flatten(2))
 
+        # a hook point other than a block's output is inside a block, which has to run
+        n = hook_layer(self.point) - (not self.point.endswith("hook_resid_post"))
+        widths: list[int | None] = [None] * n
+
         def learn(place: int) -> Callable[..., None]:
             def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
-                self.widths[place] = len(output) if isinstance(output, tuple) else None
+                widths[place] = len(output) if isinstance(output, tuple) else None
 
             return note
 
-        handles = [self.model.blocks[i].register_forward_hook(learn(i)) for i in range(self.skipped)]
+        handles = [self.model.blocks[i].register_forward_hook(learn(i)) for i in range(n)]
         try:
             whole = self.model.run_with_hooks(tokens, fwd_hooks=[(self.point, capture)], return_type="logits")[:, -1]
         finally:
             for handle in handles:
                 handle.remove()
-        short = self.on(tokens).logits(seen[0])
-        return bool((short - whole).abs().max() <= torch.finfo(whole.dtype).eps ** 0.5 * whole.abs().max())
+
+        def are_exact(shortcuts: Shortcuts, wanted: Tensor | None = None) -> bool:
+            self.shortcuts = shortcuts
+            off = self.on(tokens, wanted).logits(seen[0]) - (whole if wanted is None else whole[:, wanted])
+            return bool(off.abs().max() <= torch.finfo(whole.dtype).eps ** 0.5 * whole.abs().max())
+
+        blocks = Shortcuts(tuple(widths), False)
+        if n and not are_exact(blocks):
+            blocks = Shortcuts((), False)
+        ends = torch.tensor([0, whole.shape[1] - 1], device=whole.device)
+        both = blocks._replace(unembeds_some=True)
+        return both if are_exact(both, ends) else blocks
 
 
 @dataclass(frozen=True)
@@ -138,33 +178,48 @@ class UpperRun:
         upper: the model above the hook.
         tokens: (B, T).
         entry: (B, T, D) residual stream into the first block that runs, if it is not the activation at the hook.
+        readout: tokens whose logits are wanted (W), with their rows (W, D) and biases (W) of the unembedding; None if
+            all are.
     """
 
     upper: Upper
     tokens: Int[Tensor, "B T"]
     entry: Float[Tensor, "B T D"] | None
+    readout: tuple[Tensor, Tensor, Tensor] | None
+
+    @property
+    def wanted(self) -> Int[Tensor, " W"] | None:
+        """Tokens whose logits `logits` returns, in this order; None for the whole vocabulary."""
+        return None if self.readout is None else self.readout[0]
 
     def logits(self, x: Float[Tensor, "n T D"], rows: Int[Tensor, " n"] | None = None) -> Float[Tensor, "n V"]:
         """Logits at the last position when the activation at the hook is `x`; `rows` is the prompt of each row."""
         if rows is None:
-            return self.upper.run(self.tokens, x, self.entry)
-        return self.upper.run(self.tokens[rows], x, None if self.entry is None else self.entry[rows])
+            return self.upper.run(self.tokens, x, self.entry, self.readout)
+        entry = None if self.entry is None else self.entry[rows]
+        return self.upper.run(self.tokens[rows], x, entry, self.readout)
 
 
-@contextmanager
-def _patched(blocks: nn.ModuleList, residual: Tensor, widths: list[int | None]) -> Generator[None, None, None]:
-    """Patch blocks to return a residual stream; `widths` are the numbers of their outputs, None for a bare tensor."""
+def _returning(
+    residual: Tensor, blocks: nn.ModuleList, widths: tuple[int | None, ...]
+) -> dict[nn.Module, Callable[..., Any]]:
+    """What the first blocks do to return a residual stream; `widths` are the numbers of their outputs."""
 
     def instead(width: int | None) -> Callable[..., Any]:
         output = residual if width is None else (residual, *[None] * (width - 1))
         return lambda *_inputs, **_options: output
 
-    skipped = [blocks[i] for i in range(len(widths))]
+    return {blocks[i]: instead(width) for i, width in enumerate(widths)}
+
+
+@contextmanager
+def _patched(instead: Mapping[nn.Module, Callable[..., Any]]) -> Generator[None, None, None]:
+    """Give modules another forward."""
     try:
-        for block, width in zip(skipped, widths, strict=True):
+        for module, forward in instead.items():
             # set on the instance, it hides the method of the class until it is deleted
-            block.__dict__["forward"] = instead(width)
+            module.__dict__["forward"] = forward
         yield
     finally:
-        for block in skipped:
-            block.__dict__.pop("forward", None)
+        for module in instead:
+            module.__dict__.pop("forward", None)

@@ -34,10 +34,19 @@ _NOT_ONE = "the answers do not differ in exactly one token"
 _BEGINNING = "one answer is the beginning of the other"
 
 
-def logit_difference(logits: Float[Tensor, "B V"], batch: PromptBatch) -> Float[Tensor, " B"]:
-    """logit(correct) - logit(wrong) of every prompt, from the logits at its last position."""
-    answers = torch.stack([batch.correct, batch.wrong], dim=1).to(logits.device)
-    correct, wrong = logits.gather(1, answers).unbind(1)
+def logit_difference(
+    logits: Float[Tensor, "B V"], batch: PromptBatch, tokens: Int[Tensor, " V"] | None = None
+) -> Float[Tensor, " B"]:
+    """logit(correct) - logit(wrong) of every prompt.
+
+    Args:
+        logits: at the last position of every prompt.
+        batch: the prompts.
+        tokens: those that the logits are of, in ascending order, the answers among them; None for the vocabulary.
+    """
+    answers = batch.answers.to(logits.device)
+    columns = answers if tokens is None else torch.searchsorted(tokens, answers)
+    correct, wrong = logits.gather(1, columns).unbind(1)
     return correct - wrong
 
 
@@ -128,6 +137,11 @@ class PromptBatch:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def answers(self) -> Int[Tensor, "B 2"]:
+        """The correct and the wrong answer."""
+        return torch.stack([self.correct, self.wrong], 1)
 
     def select(self, which: Bool[Tensor, " B"] | Int[Tensor, " n"]) -> PromptBatch:
         """Select prompts by a mask or by indices."""

@@ -119,7 +119,20 @@ def agree(model: Any, point: str, n_skipped: int) -> None:
     assert ours.abs().sum() > 0
     chosen = torch.tensor([2, 0, 2, 2])
     torch.testing.assert_close(run.logits(x[chosen], chosen), expected[chosen], rtol=1e-5, atol=1e-5)
-    assert not any("forward" in vars(block) for block in model.blocks)
+    wanted = torch.tensor([3, 7, 18])
+    some = upper.on(tokens, wanted)
+    assert some.wanted is wanted
+    found = some.logits(x[chosen], chosen)
+    torch.testing.assert_close(found, expected[chosen][:, wanted], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        *(
+            torch.autograd.grad((out * weights[:1, wanted]).sum(), x)[0]
+            for out in (found, whole(model, point, tokens[chosen], x[chosen])[:, wanted])
+        ),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+    assert not any("forward" in vars(module) for module in (*model.blocks, model.unembed))
     assert not any(point.fwd_hooks for point in model.hook_dict.values())
 
 
@@ -177,6 +190,28 @@ def test_a_model_with_skip_connections_runs_all_blocks(family: Any) -> None:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def test_logits_that_depend_on_those_of_all_tokens_are_computed_from_all(family: Any) -> None:
+    _, model = family
+    tokens = torch.randint(1, V, (2, T), generator=torch.Generator().manual_seed(5))
+    x = torch.randn(2, T, D, generator=torch.Generator().manual_seed(4))
+    capped = model.unembed.register_forward_hook(lambda _module, _inputs, logits: 3 * torch.tanh(logits / 3))
+    upper = Upper(model, "blocks.1.hook_resid_post", tokens)
+    assert upper.shortcuts.unembeds_some
+    expected = whole(model, "blocks.1.hook_resid_post", tokens, x)
+    wanted = torch.tensor([2, 11])
+    torch.testing.assert_close(upper.on(tokens, wanted).logits(x), expected[:, wanted], rtol=1e-5, atol=1e-5)
+    capped.remove()
+    normalised = model.unembed.register_forward_hook(lambda _module, _inputs, logits: logits.log_softmax(-1))
+    try:
+        upper = Upper(model, "blocks.1.hook_resid_post", tokens)
+        assert not upper.shortcuts.unembeds_some
+        run, expected = upper.on(tokens, wanted), whole(model, "blocks.1.hook_resid_post", tokens, x)
+        assert run.wanted is None
+        torch.testing.assert_close(run.logits(x), expected, rtol=1e-5, atol=1e-5)
+    finally:
+        normalised.remove()
 
 
 def test_blocks_are_restored_after_an_error(family: Any) -> None:
