@@ -36,6 +36,7 @@ from crosslens.evolution.lifecycles import birth_index
 from crosslens.intervention.prompt_runs import BatchAt, Pairs, PromptRuns, begins_with_bos
 from crosslens.printing import as_html, as_text, plot
 from crosslens.progress import tqdm
+from crosslens.snapshots.bridge import last_position
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.settings import ModelSettings
 from crosslens.tasks.items import Item
@@ -279,7 +280,8 @@ def _encode(
 def _most_probable(snapshots: Snapshots, sides: Sequence[list[int]], settings: ModelSettings) -> tuple[int, int]:
     """The last model's next token after each of a pair; its first two where these are equal, or for one prompt."""
     model: Any = snapshots.model(len(snapshots) - 1, settings)
-    logits = model(torch.tensor(sides, device=settings.device), return_type="logits")[:, -1]
+    tokens = torch.tensor(sides, device=settings.device)
+    logits = model(tokens, return_type="logits", **last_position(model))[:, -1]
     first, second = logits[0].topk(2).indices.tolist()
     other = int(logits[-1].argmax())
     return first, second if other == first else other
@@ -315,7 +317,8 @@ class _Found:
         total: Any = table.groupby("prompt")["effect"].sum()
         device = next(model.parameters()).device
         sides = [batch.tokens] if batch.patch is None or not runs.paired else [batch.tokens, batch.patch]
-        logits = [model(side.to(device), return_type="logits")[:, -1].double().cpu() for side in sides]
+        options = last_position(model)
+        logits = [model(side.to(device), return_type="logits", **options)[:, -1].double().cpu() for side in sides]
         for row, prompt in enumerate(batch.index.tolist()):
             known = [side[row].softmax(-1) for side in logits]
             correct, wrong = int(batch.correct[row]), int(batch.wrong[row])

@@ -15,7 +15,6 @@ wanted.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from crosslens.snapshots.bridge import transformers_model
+from crosslens.snapshots.bridge import last_position, transformers_model
 from crosslens.snapshots.hooks import canonical_hook, hook_layer
 
 
@@ -56,12 +55,7 @@ class Upper:
         self, model: Any, hook_name: str, tokens: Int[Tensor, "B T"], shortcuts: Shortcuts | None = None
     ) -> None:
         self.model, self.point = model, canonical_hook(hook_name)
-        inside = transformers_model(model)
-        self._starts_anywhere = inside is None
-        accepted = {} if inside is None else inspect.signature(inside.forward).parameters
-        self._options = {
-            name: value for name, value in (("logits_to_keep", 1), ("use_cache", False)) if name in accepted
-        }
+        self._starts_anywhere, self._options = transformers_model(model) is None, last_position(model)
         self.shortcuts = self._tried(tokens) if shortcuts is None else shortcuts
 
     @property

@@ -2,13 +2,15 @@
 
 Other modules run a model by `run_with_hooks`, `run_with_cache` (with `stop_at_layer`, and for a HookedTransformer
 `start_at_layer`), `generate` and the call itself. They read `cfg.n_heads`, `cfg.d_vocab`, `cfg.normalization_type` and
-`ln_final.w`, attach hooks of torch to `blocks` and `embed`, and ask here for the rest. `tests/snapshots/test_bridge.py`
+`ln_final.w`, and `unembed.W_U` and `.b_U`, attach hooks of torch to `blocks` and `embed`, give `blocks` and `unembed` a
+forward of their own for a call, and ask here for the rest. `tests/snapshots/test_bridge.py`
 is the contract, which `make test-bridge` runs with TransformerLens 4.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 from importlib.metadata import version
 from typing import Any
 
@@ -103,6 +105,13 @@ def kind_of(model: Any) -> str | None:
 def transformers_model(model: Any) -> Any | None:
     """The model of transformers that a bridge runs; None of a HookedTransformer, which runs its own code."""
     return getattr(model, "original_model", None)
+
+
+def last_position(model: Any) -> dict[str, Any]:
+    """Options of a call by which a model unembeds the last position alone and keeps no cache, if it has them."""
+    inside = transformers_model(model)
+    known = {} if inside is None else inspect.signature(inside.forward).parameters
+    return {name: value for name, value in (("logits_to_keep", 1), ("use_cache", False)) if name in known}
 
 
 def check_architecture(config: Any) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from crosslens.distributed.together import each
 from crosslens.errors import UserError
 from crosslens.printing import Result
+from crosslens.snapshots.bridge import last_position
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.settings import ModelSettings
 from crosslens.stats import wilson_interval
@@ -141,7 +142,8 @@ def _metric(
     """The metric of every item; 0 for items in no batch."""
     metric = torch.zeros(n_items, dtype=torch.float64)
     for batch in batches:
-        logits = model(batch.tokens.to(device), return_type="logits")
+        options = last_position(model) if isinstance(batch, PromptBatch) else {}
+        logits = model(batch.tokens.to(device), return_type="logits", **options)
         if isinstance(batch, PromptBatch):
             metric[batch.index] = logit_difference(logits[:, -1].float(), batch).double().cpu()
         else:

@@ -28,7 +28,7 @@ from transformers import (
 
 from crosslens.errors import UserError
 from crosslens.snapshots import ModelSettings, Snapshots
-from crosslens.snapshots.bridge import BRIDGE, check_architecture, kind_of, transformers_model
+from crosslens.snapshots.bridge import BRIDGE, check_architecture, kind_of, last_position, transformers_model
 from tests.snapshots.test_collection import write_tokenizer
 
 TOKENS = torch.tensor([[0, 3, 5, 7, 2, 9], [0, 11, 4, 4, 6, 17]])
@@ -113,6 +113,22 @@ def test_hooks_change_what_follows_and_carry_gradients(run: tuple[Any, Any, Path
     zeroed = bridge.run_with_hooks(TOKENS, fwd_hooks=[(point, zero)], return_type="logits")
     assert (zeroed - found).abs().max() > 1e-3
     assert torch.equal(bridge(TOKENS), bridge(TOKENS)) and point in bridge.hook_dict
+
+
+def test_some_tokens_are_unembedded_alone(run: tuple[Any, Any, Path]) -> None:
+    bridge, model, _ = run
+    expected = model(TOKENS).logits
+    options = last_position(bridge)
+    assert options == {"logits_to_keep": 1, "use_cache": False}
+    torch.testing.assert_close(bridge(TOKENS, return_type="logits", **options)[:, -1], expected[:, -1])
+    words = torch.tensor([2, 17, 19])
+    weight, bias = bridge.unembed.W_U.T[words], bridge.unembed.b_U[words]
+    bridge.unembed.__dict__["forward"] = lambda hidden, **_: torch.nn.functional.linear(hidden, weight, bias)
+    try:
+        torch.testing.assert_close(bridge(TOKENS, return_type="logits"), expected[..., words])
+    finally:
+        del bridge.unembed.__dict__["forward"]
+    torch.testing.assert_close(bridge(TOKENS, return_type="logits"), expected)
 
 
 def test_what_else_is_read_of_a_bridge(run: tuple[Any, Any, Path]) -> None:
