@@ -15,6 +15,7 @@ from crosslens.activations.loader import Activations
 from crosslens.activations.tokens import Dataset
 from crosslens.errors import UserError
 from crosslens.evolution.selection import (
+    Comparison,
     describe_doubtful,
     doubtful_snapshots,
     propose_snapshots,
@@ -278,6 +279,15 @@ def test_doubtful_snapshots_are_named_with_reasons() -> None:
     acts.x = torch.cat([x[:, :4], x[:, 3:4] * 2], 1)
     given = doubtful_snapshots(acts, min_similarity=0.0)
     assert given["reason"][3:].tolist() == ["nearly equal to step512 (CKA 1.000)", ""]
+
+
+@pytest.mark.parametrize(("ratio", "named"), [(1.45, False), (1.55, True)])
+def test_a_snapshot_of_half_as_many_directions_more_than_the_last_is_as_if_untrained(ratio: float, named: bool) -> None:
+    acts = Given(torch.randn(60, 3, 8, generator=torch.Generator().manual_seed(0)))
+    acts.snapshots = Snapshots([Snapshot(f"step{n}", n, None, name="x") for n in (8, 64, 512)], "x")
+    comparison = Comparison(snapshot_similarity(acts), np.array([4 * ratio, 4.0, 4.0]))
+    reason = doubtful_snapshots(acts, comparison=comparison, min_similarity=0.0)["reason"][0]
+    assert reason.startswith("as if untrained (participation ratio") == named
 
 
 def test_a_snapshot_that_shares_nothing_with_the_others_is_named() -> None:

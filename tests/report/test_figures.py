@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from crosslens.report.chart import MUTED, Chart, Grid, Prompts, Style
+from crosslens.report.chart import MUTED, Chart, Grid, Prompts, Style, new_panels
 from crosslens.report.figures import ablation as ablation_figures
 from crosslens.report.figures import dates as dates_figures
 from crosslens.report.figures import effects as effects_figures
@@ -260,6 +261,24 @@ def test_rows_of_a_group_begin_with_the_early_ones(seed: int) -> None:
     order = lifecycles_figures._clustered(pd.DataFrame({"origin": ["a"] * 6, "birth": 0, "peak": 0}), v)
     late = v[order] @ np.arange(5) / v[order].sum(1)
     assert sorted(order) == list(range(6)) and late[:3].mean() <= late[3:].mean()
+
+
+def test_lines_part_the_origins_of_the_map() -> None:
+    origins, S = ["emergent"] * 3 + ["initial"] * 2 + ["never"] * 4, 4
+    lifecycles = pd.DataFrame({"feature": range(9), "measure": "norm", "origin": origins, "fate": "persistent"})
+    lifecycles = lifecycles.assign(birth=1, peak=2, alive=True)
+    evolution = pd.DataFrame({"feature": np.repeat(range(9), S), "snapshot": np.tile(range(S), 9)})
+    evolution["label"] = "step" + evolution["snapshot"].astype(str)
+    evolution["norm"] = np.random.default_rng(0).uniform(0.1, 1, 9 * S)
+    chart: Any = lifecycles_figures.evolution_map(evolution, lifecycles, evolution.head(S).assign(step=range(S)))
+    assert [shape.y0 for shape in chart.figure.layout.shapes] == [1.5, 4.5]  # 2 initial rows, 3 emergent, 4 never
+
+
+def test_panels_stand_side_by_side_at_full_height() -> None:
+    layout = new_panels(3, height=300).layout
+    axes = [(layout[f"xaxis{i}"], layout[f"yaxis{i}"]) for i in ("", "2", "3")]
+    assert all(y.domain == (0, 1) for _, y in axes)
+    assert all(left.domain[1] < right.domain[0] for (left, _), (right, _) in itertools.pairwise(axes))
 
 
 def test_names_differ_where_file_systems_do_not_know_case() -> None:
