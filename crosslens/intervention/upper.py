@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -76,15 +76,13 @@ class Upper:
             tokens: the prompts.
             wanted: tokens whose logits are wanted; all if None.
         """
-        entry, readout = None, None
+        entry = None
         if self.skipped and not self.at_output:
             name = f"blocks.{self.skipped - 1}.hook_resid_post"
             entry = self.model.run_with_cache(
                 tokens, names_filter=name, stop_at_layer=self.skipped, return_cache_object=False
             )[1][name]
-        if wanted is not None and self.shortcuts.unembeds_some:
-            unembed = self.model.unembed
-            readout = wanted, unembed.W_U.T[wanted], unembed.b_U[wanted]
+        readout = None if wanted is None or not self.shortcuts.unembeds_some else self._readout(wanted)
         return UpperRun(self, tokens, entry, readout)
 
     def run(
@@ -151,17 +149,22 @@ class Upper:
             for handle in handles:
                 handle.remove()
 
-        def are_exact(shortcuts: Shortcuts, wanted: Tensor | None = None) -> bool:
-            self.shortcuts = shortcuts
-            off = self.on(tokens, wanted).logits(seen[0]) - (whole if wanted is None else whole[:, wanted])
-            return bool(off.abs().max() <= torch.finfo(whole.dtype).eps ** 0.5 * whole.abs().max())
+        def equal(found: Tensor, expected: Tensor) -> bool:
+            return bool((found - expected).abs().max() <= torch.finfo(whole.dtype).eps ** 0.5 * whole.abs().max())
 
-        blocks = Shortcuts(tuple(widths), False)
-        if n and not are_exact(blocks):
-            blocks = Shortcuts((), False)
+        self.shortcuts = Shortcuts(tuple(widths), False)
+        run = self.on(tokens)
+        if n and not equal(run.logits(seen[0]), whole):
+            self.shortcuts = Shortcuts((), False)
+            run = self.on(tokens)
         ends = torch.tensor([0, whole.shape[1] - 1], device=whole.device)
-        both = blocks._replace(unembeds_some=True)
-        return both if are_exact(both, ends) else blocks
+        some = replace(run, readout=self._readout(ends))
+        return self.shortcuts._replace(unembeds_some=equal(some.logits(seen[0]), whole[:, ends]))
+
+    def _readout(self, wanted: Int[Tensor, " W"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens with their rows and biases of the unembedding."""
+        unembed = self.model.unembed
+        return wanted, unembed.W_U.T[wanted], unembed.b_U[wanted]
 
 
 @dataclass(frozen=True)

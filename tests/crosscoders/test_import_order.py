@@ -45,8 +45,7 @@ from sae_lens import SAE
     "order",
     [
         "crosslens, then sae_lens",
-        "the trainer first",
-        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in list(ORDERS)[1:-1]),
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in list(ORDERS)[1:]),
     ],
 )
 def test_saelens_loads_a_crosscoder(order: str, tmp_path: Path):

@@ -411,6 +411,7 @@ def test_stepping_through_features_and_back(browser: Any, run: RunDir) -> None:
     assert not visitor.troubles
 
 
+@pytest.mark.exhaustive
 def test_scales_and_units_of_the_axis(browser: Any, run: RunDir) -> None:
     visitor = Visitor(browser, run.report)
     page = visitor.open("index")
@@ -530,6 +531,7 @@ def test_tasks_open_from_figures_search_and_keys(browser: Any, run: RunDir) -> N
     assert not visitor.troubles
 
 
+@pytest.mark.exhaustive
 def test_promotes_and_context_are_those_of_the_selected_snapshot(browser: Any, run: RunDir) -> None:
     visitor = Visitor(browser, run.report)
     page = visitor.open("features")

@@ -15,10 +15,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from crosslens.activations import Activations
+from crosslens.cli.app import app
 from crosslens.errors import UserError
 from crosslens.rundir import RunDir
 from crosslens.snapshots.collection import Snapshots
-from tests.hub_server import run_program
 
 HOOK = "blocks.1.hook_resid_post"
 CODE = """
@@ -155,8 +155,8 @@ def test_on_the_command_line(models: Path, marker: Path, tmp_path: Path, tiny_te
     assert "[y/N]" not in done.stdout + done.stderr and not marker.exists()
     if verb == "plan":
         return
-    done = run_program(["-m", "crosslens", *map(str, train), "--trust-remote-code"], tmp_path)
-    assert marker.exists() and done.returncode == 0, done.stderr
+    app([*map(str, train), "--trust-remote-code"])
+    assert marker.exists()
     recorded = RunDir.open(tmp_path / "run").read_json()
     assert all(row["trust_remote_code"] for row in recorded["source"]["snapshots"]["snapshots"])
     assert recorded["identity"]["trust_remote_code"] is True
