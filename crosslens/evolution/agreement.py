@@ -123,9 +123,10 @@ def top_agreement(
 def _top(rows: Float[Tensor, "b D"], x: Float[Tensor, "n D"], k: int) -> Int[Tensor, "b k"]:
     """The k tokens with the largest inner products with each row, in their order; ties go to the earlier token."""
     strength = (rows @ x.T).float()
-    values, places = strength.topk(k, dim=1)
-    # of equal values topk takes any
-    tied = (strength >= values[:, -1:]).sum(1) > k
+    values, places = strength.topk(min(k + 1, len(x)), dim=1)
+    # of equal values topk takes any: where the next one is equal to the last, the order decides
+    tied = (values[:, k:] == values[:, k - 1 : k]).any(1)
+    places = places[:, :k]
     if tied.any():
         places[tied] = strength[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
     return places.sort(dim=1).values.cpu()
