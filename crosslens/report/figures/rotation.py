@@ -118,7 +118,7 @@ def cosines(table: Frame) -> Chart | str:
     directions have about 0.
 
     Args:
-        table: "cosines" from `study_evolution`.
+        table: "cosines" from `evolve`.
     """
     if not table["n"].sum():
         return "No feature has a decoder vector long enough to compare at two snapshots."
