@@ -184,7 +184,7 @@ def test_bos_and_padding_are_special(snapshots: Snapshots):
     assert snapshots.tokenizer.bos_token_id == 0
 
 
-@pytest.mark.parametrize("mixing_tokens", [None, 100])
+@pytest.mark.parametrize("mixing_tokens", [None, pytest.param(100, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.exhaustive), 37])
 @pytest.mark.usefixtures("small_blocks")
 def test_starting_later_equals_skipping(

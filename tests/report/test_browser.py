@@ -440,6 +440,7 @@ def test_scales_and_units_of_the_axis(browser: Any, run: RunDir) -> None:
     assert not visitor.troubles
 
 
+@pytest.mark.exhaustive
 def test_features_open_from_figures_words_and_keys(browser: Any, run: RunDir) -> None:
     visitor = Visitor(browser, run.report)
     page = visitor.open("evolution")
