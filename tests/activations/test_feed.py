@@ -52,7 +52,9 @@ def rows(x: Tensor) -> list[list[float]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
-@pytest.mark.parametrize("kind", ["bfloat16", "live", "held"])
+@pytest.mark.parametrize(
+    "kind", ["bfloat16", *(pytest.param(kind, marks=pytest.mark.exhaustive) for kind in ("live", "held"))]
+)
 def test_processes_read_together_what_one_reads(cached: dict[str, Any], world: int, kind: str, tmp_path: Path):
     """All tokens in each, or a part of them; from any start, so that the number of processes may change."""
     acts, n = cached[kind], 30  # beyond an epoch

@@ -425,6 +425,7 @@ def test_a_training_from_a_cache_is_repeated(
     assert "repeat the command with or without --cache" in err
 
 
+@pytest.mark.exhaustive
 def test_several_seeds(command: Command, tiny_snapshots: Path, files: Path, tmp_path: Path) -> None:
     run, task = RunDir(tmp_path / "run"), f"sva:{files / 'task.json'}"
     assert command(*train_arguments(tiny_snapshots, files, run.path))[0] == 0
@@ -545,6 +546,7 @@ def test_lists_and_plans(command: Command, tiny_snapshots: Path, files: Path, mo
     assert "step0: untrained (step 0)\nto leave these out: --steps 10,20" in out
 
 
+@pytest.mark.exhaustive
 def test_predictions_of_more_snapshots(command: Command, tiny_snapshots: Path, files: Path, tmp_path: Path) -> None:
     """The phases of training see snapshots that the crosscoder does without."""
     run = tmp_path / "run"

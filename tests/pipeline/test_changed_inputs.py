@@ -60,7 +60,7 @@ def start(tiny_snapshots: Path, tiny_text: list[str], tmp_path_factory: pytest.T
     return folder
 
 
-@pytest.fixture(scope="module", params=["live", "cached"])
+@pytest.fixture(scope="module", params=["cached", pytest.param("live", marks=pytest.mark.exhaustive)])
 def trained(request: pytest.FixtureRequest, start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param) / "place"
     shutil.copytree(start, folder)

@@ -81,7 +81,7 @@ def test_a_study_leaves_the_tables_of_the_task(run: RunDir, file: Path) -> None:
     assert before[effects] == effects.stat().st_mtime_ns
 
 
-@pytest.mark.parametrize("n_saved", [2, 3, 4])
+@pytest.mark.parametrize("n_saved", [3, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (2, 4))])
 def test_a_study_that_is_killed_between_two_tables_continues(
     run: RunDir, file: Path, n_saved: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
