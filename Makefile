@@ -43,7 +43,7 @@ test-bridge:
 	    print(*(r for r in requires('crosslens') if 'extra' not in r and 'lens' not in r), sep='\n')" > $(BRIDGE)/needed.txt
 	$(BRIDGE)/bin/pip install --quiet --disable-pip-version-check -c $(BRIDGE)/constraints.txt -r $(BRIDGE)/needed.txt \
 	    "transformer-lens>=4,<5" pytest
-	OMP_NUM_THREADS=1 $(BRIDGE)/bin/python -m pytest --noconftest tests/snapshots/test_bridge.py
+	OMP_NUM_THREADS=1 $(BRIDGE)/bin/python -m pytest --noconftest -p tests.checking tests/snapshots/test_bridge.py
 
 # wheel and sdist, in dist
 dist: $(STAMP)
