@@ -87,13 +87,13 @@ def bootstrap(
     return float(low), float(high)
 
 
-def jackknife_error(without: Float[np.ndarray, "n ..."]) -> Float[np.ndarray, ...]:
+def jackknife_error(without: Float[np.ndarray, "n ..."]) -> Float[np.ndarray, " ..."]:
     """Standard error of a statistic, from its values without each of n units."""
     n = len(without)
     return np.sqrt((n - 1) / n * ((without - without.mean(0)) ** 2).sum(0))
 
 
-def sign_flip_p(total: Float[np.ndarray, ...], squares: Float[np.ndarray, ...]) -> Float[np.ndarray, ...]:
+def sign_flip_p(total: Float[np.ndarray, " ..."] | float, squares: Float[np.ndarray, " ..."] | float) -> Any:
     """Two-sided p-value of a sum against 0, if every term could as well have the opposite sign.
 
     r = |sum x| / sqrt(sum x^2) has P(r >= t) <= 2 c P(Z >= t) with c = 1 / (4 P(Z >= sqrt(2))) = 3.18 and Z standard
@@ -118,7 +118,7 @@ def t_quantile(share: float, units: int) -> float:
     return float(t.ppf(share, units - 1)) if units > 1 else float("nan")
 
 
-def q_values(p: Float[np.ndarray, ...]) -> Float[np.ndarray, ...]:
+def q_values(p: Float[np.ndarray, " ..."]) -> Float[np.ndarray, " ..."]:
     """q-values of Benjamini and Hochberg; missing p-values stay missing and do not count."""
     q, known = np.full(np.shape(p), np.nan), np.isfinite(p)
     if known.any():

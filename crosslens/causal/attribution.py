@@ -843,7 +843,7 @@ class _Sums:
         }
 
 
-def clustered_error(sums: Float[Tensor, "G ..."], sizes: Float[Tensor, " G"]) -> Float[Tensor, ...]:
+def clustered_error(sums: Float[Tensor, "G ..."], sizes: Float[Tensor, " G"]) -> Float[Tensor, " ..."]:
     """Standard error of a mean over prompts, from its sums over groups of them; NaN with a single group.
 
     sqrt(G / (G - 1) sum_g (X_g - n_g mean)^2) / N, for sums X_g and sizes n_g (Liang and Zeger 1986, Biometrika 73,

@@ -424,7 +424,7 @@ def describe_reversed(counts: pd.DataFrame, presence: float = PRESENCE) -> list[
     return lines
 
 
-def _born(values: Float64[np.ndarray, "... S"], presence: float, min_run: int) -> Bool[np.ndarray, ...]:
+def _born(values: Float64[np.ndarray, "... S"], presence: float, min_run: int) -> Bool[np.ndarray, " ..."]:
     """Which features are emergent."""
     births = birth_index(_relative(values) >= presence, min_run)
     return (births > 0) & (births < values.shape[-1])
@@ -439,7 +439,7 @@ def _relative(values: Float64[np.ndarray, "... S"]) -> Float64[np.ndarray, "... 
     return np.divide(values, highest, out=np.zeros_like(values), where=highest > 0)
 
 
-def _margin(values: Float64[np.ndarray, "... S"], share: float) -> Float64[np.ndarray, ...]:
+def _margin(values: Float64[np.ndarray, "... S"], share: float) -> Float64[np.ndarray, " ..."]:
     return share * values.max(-1) - values[..., 0]
 
 
