@@ -93,7 +93,9 @@ def jackknife_error(without: Float[np.ndarray, "n ..."]) -> Float[np.ndarray, " 
     return np.sqrt((n - 1) / n * ((without - without.mean(0)) ** 2).sum(0))
 
 
-def sign_flip_p(total: Float[np.ndarray, " ..."] | float, squares: Float[np.ndarray, " ..."] | float) -> Any:
+def sign_flip_p(
+    total: Float[np.ndarray, " ..."] | float, squares: Float[np.ndarray, " ..."] | float
+) -> Float[np.ndarray, " ..."] | float:
     """Two-sided p-value of a sum against 0, if every term could as well have the opposite sign.
 
     r = |sum x| / sqrt(sum x^2) has P(r >= t) <= 2 c P(Z >= t) with c = 1 / (4 P(Z >= sqrt(2))) = 3.18 and Z standard

@@ -38,6 +38,14 @@ class Shortcuts(NamedTuple):
     """Whether some tokens can be unembedded without the others."""
 
 
+class Readout(NamedTuple):
+    """What the unembedding of some tokens needs."""
+
+    tokens: Int[Tensor, " W"]
+    weight: Float[Tensor, "W D"]
+    bias: Float[Tensor, " W"]
+
+
 class Upper:
     """A model above a hook point.
 
@@ -90,7 +98,7 @@ class Upper:
         tokens: Int[Tensor, "n T"],
         x: Float[Tensor, "n T D"],
         entry: Float[Tensor, "n T D"] | None,
-        readout: tuple[Tensor, Tensor, Tensor] | None,
+        readout: Readout | None,
     ) -> Float[Tensor, "n V"]:
         """Logits at the last position when the activation at the hook is `x`.
 
@@ -98,7 +106,7 @@ class Upper:
             tokens: tokens of every row.
             x: activation at the hook, at all positions; may carry gradients.
             entry: residual stream into the first block that runs, if it is not `x`.
-            readout: tokens whose logits are wanted, with their rows and biases of the unembedding; None for all.
+            readout: of the tokens whose logits are wanted; None for all.
         """
 
         def put_in(activation: Tensor, hook: Any) -> Tensor:
@@ -110,8 +118,7 @@ class Upper:
         given, options = tokens, self._options
         instead: dict[nn.Module, Callable[..., Any]] = {}
         if readout is not None:
-            _, weight, bias = readout
-            instead[self.model.unembed] = lambda hidden, **_: linear(hidden[:, -1:], weight, bias)
+            instead[self.model.unembed] = lambda hidden, **_: linear(hidden[:, -1:], readout.weight, readout.bias)
         if self.skipped:
             assert residual is not None
             if self._starts_anywhere:
@@ -119,7 +126,7 @@ class Upper:
             else:
                 instead |= _returning(residual, self.model.blocks, self.shortcuts.widths)
         with _patched(instead):
-            if not hooks and not self._starts_anywhere:  # setting up hooks takes milliseconds
+            if not hooks:  # setting up hooks takes milliseconds
                 return self.model(given, return_type="logits", **options)[:, -1]
             return self.model.run_with_hooks(given, fwd_hooks=hooks, return_type="logits", **options)[:, -1]
 
@@ -161,10 +168,9 @@ class Upper:
         some = replace(run, readout=self._readout(ends))
         return self.shortcuts._replace(unembeds_some=equal(some.logits(seen[0]), whole[:, ends]))
 
-    def _readout(self, wanted: Int[Tensor, " W"]) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens with their rows and biases of the unembedding."""
+    def _readout(self, wanted: Int[Tensor, " W"]) -> Readout:
         unembed = self.model.unembed
-        return wanted, unembed.W_U.T[wanted], unembed.b_U[wanted]
+        return Readout(wanted, unembed.W_U.T[wanted], unembed.b_U[wanted])
 
 
 @dataclass(frozen=True)
@@ -175,19 +181,18 @@ class UpperRun:
         upper: the model above the hook.
         tokens: (B, T).
         entry: (B, T, D) residual stream into the first block that runs, if it is not the activation at the hook.
-        readout: tokens whose logits are wanted (W), with their rows (W, D) and biases (W) of the unembedding; None if
-            all are.
+        readout: of the tokens whose logits are wanted; None for all.
     """
 
     upper: Upper
     tokens: Int[Tensor, "B T"]
     entry: Float[Tensor, "B T D"] | None
-    readout: tuple[Tensor, Tensor, Tensor] | None
+    readout: Readout | None
 
     @property
     def wanted(self) -> Int[Tensor, " W"] | None:
         """Tokens whose logits `logits` returns, in this order; None for the whole vocabulary."""
-        return None if self.readout is None else self.readout[0]
+        return None if self.readout is None else self.readout.tokens
 
     def logits(self, x: Float[Tensor, "n T D"], rows: Int[Tensor, " n"] | None = None) -> Float[Tensor, "n V"]:
         """Logits at the last position when the activation at the hook is `x`; `rows` is the prompt of each row."""

@@ -1,10 +1,10 @@
 """TransformerLens: all that imports it, and all that is used of its classes beyond running them.
 
 Other modules run a model by `run_with_hooks`, `run_with_cache` (with `stop_at_layer`, and for a HookedTransformer
-`start_at_layer`), `generate` and the call itself. They read `cfg.n_heads`, `cfg.d_vocab`, `cfg.normalization_type` and
-`ln_final.w`, and `unembed.W_U` and `.b_U`, attach hooks of torch to `blocks` and `embed`, give `blocks` and `unembed` a
-forward of their own for a call, and ask here for the rest. `tests/snapshots/test_bridge.py`
-is the contract, which `make test-bridge` runs with TransformerLens 4.
+`start_at_layer`), `generate` and the call itself. They read `cfg.n_heads`, `cfg.d_vocab`, `cfg.normalization_type`,
+`ln_final.w`, `unembed.W_U` and `unembed.b_U`, attach hooks of torch to `blocks` and `embed`, replace the `forward` of
+`blocks` and `unembed` during a call, and ask here for the rest. `tests/snapshots/test_bridge.py` is the contract, which
+`make test-bridge` runs with TransformerLens 4.
 """
 
 from __future__ import annotations

@@ -141,8 +141,9 @@ def _metric(
 ) -> Float[Tensor, " items"]:
     """The metric of every item; 0 for items in no batch."""
     metric = torch.zeros(n_items, dtype=torch.float64)
+    last = last_position(model)
     for batch in batches:
-        options = last_position(model) if isinstance(batch, PromptBatch) else {}
+        options = last if isinstance(batch, PromptBatch) else {}
         logits = model(batch.tokens.to(device), return_type="logits", **options)
         if isinstance(batch, PromptBatch):
             metric[batch.index] = logit_difference(logits[:, -1].float(), batch).double().cpu()

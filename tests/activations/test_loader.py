@@ -141,8 +141,11 @@ def test_non_finite_activations_name_the_snapshot(tiny_snapshots: Path, tiny_tex
 @pytest.mark.parametrize("mixing_tokens", [None, 120])  # all of an epoch, or a part of it
 @pytest.mark.parametrize(
     ("keep_special", "size"),
-    [*(pytest.param(special, 37, marks=pytest.mark.exhaustive) for special in (False, True)), (False, 250)],
-)  # 250: more than a block
+    [  # 250: more than a block
+        (False, 250),
+        *(pytest.param(special, 37, marks=pytest.mark.exhaustive) for special in (False, True)),
+    ],
+)
 @pytest.mark.usefixtures("small_blocks")
 def test_every_kept_position_once_per_epoch(
     snapshots: Snapshots, tiny_text: list[str], keep_special: bool, size: int, mixing_tokens: int | None

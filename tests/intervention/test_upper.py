@@ -196,13 +196,15 @@ def test_logits_that_depend_on_those_of_all_tokens_are_computed_from_all(family:
     _, model = family
     tokens = torch.randint(1, V, (2, T), generator=torch.Generator().manual_seed(5))
     x = torch.randn(2, T, D, generator=torch.Generator().manual_seed(4))
-    capped = model.unembed.register_forward_hook(lambda _module, _inputs, logits: 3 * torch.tanh(logits / 3))
-    upper = Upper(model, "blocks.1.hook_resid_post", tokens)
-    assert upper.shortcuts.unembeds_some
-    expected = whole(model, "blocks.1.hook_resid_post", tokens, x)
     wanted = torch.tensor([2, 11])
-    torch.testing.assert_close(upper.on(tokens, wanted).logits(x), expected[:, wanted], rtol=1e-5, atol=1e-5)
-    capped.remove()
+    capped = model.unembed.register_forward_hook(lambda _module, _inputs, logits: 3 * torch.tanh(logits / 3))
+    try:
+        upper = Upper(model, "blocks.1.hook_resid_post", tokens)
+        assert upper.shortcuts.unembeds_some
+        expected = whole(model, "blocks.1.hook_resid_post", tokens, x)
+        torch.testing.assert_close(upper.on(tokens, wanted).logits(x), expected[:, wanted], rtol=1e-5, atol=1e-5)
+    finally:
+        capped.remove()
     normalised = model.unembed.register_forward_hook(lambda _module, _inputs, logits: logits.log_softmax(-1))
     try:
         upper = Upper(model, "blocks.1.hook_resid_post", tokens)
